@@ -55,8 +55,8 @@ class HuggingFaceRollout(Rollout):
     compile: bool = False
     """compile the model's blocks for decoding with graphs (torch.compile): fewer and larger kernels, different rounding
     of log-probabilities, and half a minute once; needs a C compiler"""
-    samplers: dict[int, Any] | None = field(default=None, compare=False, repr=False, metadata=INTERNAL)
-    """while the engine is open, what it keeps of each model that it samples: buffers and graphs"""
+    samplers: dict[tuple[str, int], Any] | None = field(default=None, compare=False, repr=False, metadata=INTERNAL)
+    """while the engine is open, what it keeps of each role that it samples: buffers and graphs"""
 
     exact: ClassVar[bool] = True
     """the log-probabilities are those of the trained weights themselves, up to the rounding of a narrow dtype"""
@@ -110,8 +110,9 @@ class HuggingFaceRollout(Rollout):
         }
         if self.graphs == "auto" and role.module.vision is None and not slot_obstacle(model, dtype):
             samplers = {} if self.samplers is None else self.samplers
+            # roles that share a model, with adapters and without, share no graph
             sampler = samplers.setdefault(
-                id(model), SlotSampler(model, dtype, cells=self.wave_tokens, compile_steps=self.compile)
+                (role.name, id(model)), SlotSampler(model, dtype, cells=self.wave_tokens, compile_steps=self.compile)
             )
             completions = sampler(prompts.token_ids, sampling, seeds, refresh=role.refresh, **rest)
         else:

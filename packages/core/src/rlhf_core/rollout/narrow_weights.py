@@ -12,7 +12,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["computing_in", "narrow_weights", "wide_weights"]
+__all__ = ["Held", "computing_in", "narrow_weights", "wide_weights"]
 
 Held = list[tuple["nn.Module", str, Any]]
 """parameters whose places copies take: module, name, parameter"""

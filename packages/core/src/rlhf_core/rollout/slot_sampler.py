@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from rlhf_core.contract.kept_sets import truncates
+from rlhf_core.contract.options import Sampling
 from rlhf_core.lazy import torch
 from rlhf_core.rollout.compiled_blocks import compile_blocks
-from rlhf_core.rollout.narrow_weights import narrow_weights, wide_weights
+from rlhf_core.rollout.narrow_weights import Held, narrow_weights, wide_weights
 from rlhf_core.rollout.sampler import Piece, SampledCompletion, Stops, uniforms
 from rlhf_core.rollout.segments import plan_chunks, plan_segments
 from rlhf_core.rollout.slots import Slots, slots_attended
@@ -33,8 +34,6 @@ from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from rlhf_core.contract.options import Sampling
 
 __all__ = ["SlotSampler", "slot_obstacle", "try_out"]
 
@@ -69,7 +68,7 @@ def slot_obstacle(model: Any, dtype: torch.dtype) -> str:
     elif reason := varlen_obstacle(text, model.device, dtype):
         obstacle, size = f"torch's variable-length attention: {reason}", 0
     else:
-        obstacle, size = try_out(model, dtype)
+        obstacle, size = try_out(model, dtype, graphs=True)
     _found[model] = obstacle, size
     if obstacle:
         log.info(f"sampling without CUDA graphs: {obstacle}")
@@ -77,25 +76,19 @@ def slot_obstacle(model: Any, dtype: torch.dtype) -> str:
 
 
 @torch.inference_mode()
-def try_out(model: Any, dtype: torch.dtype, *, flash: bool = True) -> tuple[str, int]:
-    """Return why steps in slots do not give what a forward pass gives, empty if they do; and the bytes that a token takes."""
+def try_out(model: Any, dtype: torch.dtype, *, flash: bool = True, graphs: bool = False) -> tuple[str, int]:
+    """Return why steps in slots do not give what a forward pass gives, empty if they do; and the bytes that a token takes.
+
+    Args:
+        graphs: record and replay a graph as well.
+    """
     sampler = SlotSampler(model, dtype, cells=32, flash=flash, graphs=False)
     accepted = inspect.signature(model.forward).parameters
     if lacking := {"position_ids", "logits_to_keep"} - accepted.keys():
         return f"{type(model).__name__} does not accept {min(lacking)}", 0
-    prompts, more = [[1, 2, 3], [4, 5]], torch.tensor([[6, 7], [8, 9]], device=model.device)
     try:
         with sampler.open_slots():
-            board = Board(2, 4, sampler.slots, torch.zeros(0, dtype=torch.long, device=model.device), model.device)
-            starts, limits = torch.tensor([0, 5], device=model.device), torch.tensor([4, 4], device=model.device)
-            found = [sampler.read(prompts, [0, 5])]
-            board.begin(starts, torch.tensor([3, 2], device=model.device), limits, torch.zeros(2, 4).to(model.device))
-            stepper = Stepper(board, sampler.step, None, graphs=False)
-            for tokens_R in more:
-                board.token_R[:2] = tokens_R
-                with _no_host(model.device):
-                    logits_RV = stepper(2, 16)
-                found.append(logits_RV)
+            found = [_follow(sampler, graphs=each) for each in ((False, True) if graphs else (False,))]
             expected = [
                 model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, -3:]
                 for row in ([1, 2, 3, 6, 8], [4, 5, 7, 9])
@@ -106,11 +99,29 @@ def try_out(model: Any, dtype: torch.dtype, *, flash: bool = True) -> tuple[str,
     except Exception as error:  # code of any architecture: whatever it cannot do, it need not
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"{type(model).__name__} fails in such a step: {first}", 0
-    ours, theirs = torch.stack(found, 1).float(), torch.stack(expected).float()
+    theirs = torch.stack(expected).float()
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
-    if not float((ours - theirs).norm()) <= tolerance * float(theirs.norm()):
+    if not all(float((ours - theirs).norm()) <= tolerance * float(theirs.norm()) for ours in found):
         return f"{type(model).__name__} gives a different result in such a step than in a forward pass", 0
     return "", size
+
+
+def _follow(sampler: SlotSampler, *, graphs: bool) -> Tensor:
+    """Return the logits after two prompts and after each of two steps, (2, 3, V); steps without graphs may not wait."""
+    device = sampler.model.device
+    none_L = torch.zeros(0, dtype=torch.long, device=device)
+    board = Board(2, 4, sampler.slots, none_L, device)
+    found = [sampler.read([[1, 2, 3], [4, 5]], [0, 5])]
+    starts, positions, limits = torch.tensor([[0, 5], [3, 2], [4, 4]], device=device)
+    board.begin(starts, positions, limits, torch.full((2, 4), 0.5, dtype=torch.float64, device=device))
+    draw = partial(draw_next, sampling=Sampling(temperature=0.9), lacking_L=starts[:1])
+    stepper = Stepper(board, sampler.step, draw, graphs=graphs)
+    for tokens_R in torch.tensor([[6, 7], [8, 9]], device=device):
+        board.token_R[:2] = tokens_R
+        with nullcontext() if graphs else _no_host(device):
+            logits_RV = stepper(2, 16)
+        found.append(logits_RV.clone())  # a replay writes where the last one did
+    return torch.stack(found, 1).float()
 
 
 class SlotSampler:
@@ -197,7 +208,7 @@ class SlotSampler:
         small: `KEEP`.
         """
         model, training = self.model, self.model.training
-        places = [each.data_ptr() for each in (*model.parameters(), *model.buffers())]
+        places = self._addresses()
         if places != self._places or self.slots.cells < cells:
             self.release()
             self.slots, self._places = Slots(cells or self.cells, self.dtype, self.flash), places
@@ -210,12 +221,27 @@ class SlotSampler:
         narrowed = narrow_weights(model, self.dtype, self._copies) if narrow else nullcontext(list[Any]())
         try:
             with cast, slots_attended(model), narrowed as held:
-                yield partial(wide_weights, held, self._copies)
+                yield partial(self._changing, held)
         finally:
             model.train(training)
             self.slots.detach()
             if not self.graphs or self.held_bytes > KEEP * torch.cuda.mem_get_info(model.device)[1]:
                 self.release()
+
+    @contextmanager
+    def _changing(self, held: Held) -> Iterator[None]:
+        """Inside, the model's weights may change; graphs that read them elsewhere, as sharded ones may be, are dropped."""
+        with wide_weights(held, self._copies):
+            yield
+            places = self._addresses()
+        if places != self._places:
+            self._places = places
+            for stepper in self._steppers.values():
+                stepper.forget()
+
+    def _addresses(self) -> list[int]:
+        """Return the addresses of the weights, which graphs read."""
+        return [each.data_ptr() for each in (*self.model.parameters(), *self.model.buffers())]
 
     @property
     def held_bytes(self) -> int:
@@ -324,7 +350,7 @@ class SlotSampler:
         needed = n * sum(map(sum, zip(lengths, limits, strict=True)))
         if self.cells or not self.graphs:
             return self.cells or needed
-        size = _found[self.model][1] if self.model in _found else try_out(self.model, self.dtype)[1]
+        size = _found[self.model][1] if self.model in _found else try_out(self.model, self.dtype, graphs=True)[1]
         device, kept = self.model.device, self.slots.bytes_per_cell * self.slots.cells
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused + kept

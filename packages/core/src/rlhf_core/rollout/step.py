@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_core.lazy import torch
@@ -53,7 +54,7 @@ class Board:
     """
 
     def __init__(self, rows: int, tokens: int, slots: Slots, ends: Tensor, device: torch.device) -> None:
-        self.rows, self.tokens, self.slots, self.ends = rows, tokens, slots, ends
+        self.rows, self.tokens, self.slots, self.ends, self.device = rows, tokens, slots, ends, device
         many, spare = bucket_of(rows), slots.cells - 1
 
         def make(shape: int, fill: int | bool, dtype: torch.dtype) -> Tensor:
@@ -166,6 +167,11 @@ class Stepper:
         graph.replay()
         return logits_RV
 
+    def forget(self) -> None:
+        """Drop all graphs: what they read is elsewhere now."""
+        self._recorded.clear()
+        self._pool = None
+
     def _step(self, many: int, widest: int) -> Tensor:
         board = self.board
         board.aim(many, widest)
@@ -177,20 +183,26 @@ class Stepper:
 
     def _record(self, many: int, widest: int) -> tuple[Any, Tensor]:
         """Record a step; kernels are chosen and loaded by two passes before, of which nothing stays."""
-        state, stream = self.board.state(), torch.cuda.Stream()
+        state, now, aside = self.board.state(), torch.cuda.current_stream(), _aside(self.board.device)
         before = [each.clone() for each in state]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        aside.wait_stream(now)
+        with torch.cuda.stream(aside):  # left even if `torch.cuda.graph`, which fails to leave its own then, raises
             for _ in range(2):
                 self._step(many, widest)
                 for each, old in zip(state, before, strict=True):
                     each.copy_(old)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits_RV = self._step(many, widest)
+            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+                logits_RV = self._step(many, widest)
+        now.wait_stream(aside)
         self._pool = graph.pool()  # graphs run one after another and keep nothing in it but logits, read at once
         return graph, logits_RV
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that all graphs of a device are recorded on: cuBLAS keeps a workspace of 32 MiB for every stream."""
+    return torch.cuda.Stream(device)
 
 
 def draw_next(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, lacking_L: Tensor) -> Next:
