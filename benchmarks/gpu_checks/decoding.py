@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -26,21 +30,27 @@ def decoding(context: Context) -> None:
     """256 completions of 256 tokens after prompts of 128, in bfloat16."""
     context.note(
         "bound of a token: the weights in bfloat16 once, and the keys and values of every live token, at the copy rate "
-        "measured above; the time is that of the whole rollout less that of one with one new token, which reads the prompts"
+        "measured above; the time is that of the whole rollout less that of one with one new token, which reads the "
+        "prompts, and less that of texts and padding on the host"
     )
+    from rlhf_core.rollout.slot_sampler import slot_obstacle
+
     P, L, T = context.pick((256, 128, 256), (4, 8, 6))
     for size, compiles in (("0.5B", False), ("1.5B", False), ("1.5B", True), ("0.5B", True)):
-        with sampling_run(context, size, P, compiles) as run:
+        with sampling_run(context, size, P, compiles) as run, whole_rows() as host:
             prompts = random_prompts(P, L, run.roles["actor"].causal_lm.config.vocab_size)
             model = run.roles["actor"].causal_lm
             sample_tokens(run, prompts, T)  # warms up, and captures what is captured
-            prefill = min(timed(partial(sample_tokens, run, prompts, 1)) for _ in range(2))
-            whole = min(timed(partial(sample_tokens, run, prompts, T)) for _ in range(2))
-            step = (whole - prefill) / (T - 1)
+            prefill, texts_before = min(host.timed(partial(sample_tokens, run, prompts, 1)) for _ in range(2))
+            whole, texts = min(host.timed(partial(sample_tokens, run, prompts, T)) for _ in range(2))
+            if obstacle := slot_obstacle(model, torch.bfloat16):
+                context.note(f"{size} was sampled without CUDA graphs: {obstacle}")
+            step = (whole - texts - prefill + texts_before) / (T - 1)
             bound = sum(token_bytes(model, P * (L + t)) for t in range(1, T)) / (T - 1)
             bound /= context.limits.get("bytes", float("inf"))
             context.row(
-                model=size, compiled=compiles, batch=P, prompt=L, new_tokens=T, seconds=whole, prefill_seconds=prefill,
+                model=size, compiled=compiles, batch=P, prompt=L, new_tokens=T, seconds=whole,
+                prefill_seconds=prefill, text_seconds=texts,
                 ms_per_token=1e3 * step, bound_ms=1e3 * bound, share=bound / step, tokens_per_second=P * T / whole,
             )  # fmt: skip
             what = f"{size}, batch {P}{', --rollout.compile' if compiles else ''}"
@@ -56,7 +66,7 @@ def decoding(context: Context) -> None:
 def generate(context: Context) -> None:
     """Compare `--rollout hf` with `generate` and `generate_batch` of transformers on the same prompts, on 0.5B in bfloat16."""
     P, L, T = context.pick((64, 128, 128), (4, 8, 6))
-    with sampling_run(context, "0.5B", P) as run:
+    with sampling_run(context, "0.5B", P) as run, whole_rows():
         model = run.roles["actor"].causal_lm
         prompts = random_prompts(P, L, model.config.vocab_size)
         sample_tokens(run, prompts, T)
@@ -131,7 +141,41 @@ def sample_tokens(run: Any, prompts: Any, T: int) -> None:
     from rlhf_core.contract.options import Sampling
 
     rollouts = run.rollouts("actor", prompts, Sampling(n=1, max_new_tokens=T))
-    assert len(rollouts) == len(prompts), "a completion is missing"
+    assert int(rollouts.mask_NT.sum()) == len(prompts) * T, "a row is missing, or has ended early"
+
+
+class Host:
+    """Seconds of what follows on the host when all tokens are drawn."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Return the seconds of a call, and those of texts and padding in it."""
+        self.seconds = 0.0
+        return timed(call), self.seconds
+
+
+@contextmanager
+def whole_rows() -> Iterator[Host]:
+    """Let every token of the head be drawn and none end a row; the tokenizer of these models has 259 tokens, EOS among them."""
+    from rlhf_core.models.loading import end_tokens, limits
+    from rlhf_core.rollout import assemble as file
+
+    host, assemble = Host(), file.assemble
+
+    def measured(*given: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        result = assemble(*given, **options)
+        host.seconds += time.perf_counter() - started
+        return result
+
+    with (
+        patch.object(end_tokens, "end_ids", lambda *_: ()),
+        patch.object(limits, "lacking_ids", lambda *_: ()),
+        patch.object(file, "assemble", measured),
+    ):
+        yield host
 
 
 def random_prompts(P: int, L: int, vocabulary: int) -> Any:

@@ -107,5 +107,5 @@ def emulate_graphs(monkeypatch: pytest.MonkeyPatch, memory: int = 2**40) -> type
         ("mem_get_info", lambda *_: (memory, memory)),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr("rlhf_core.rollout.step._aside", lambda _: _Stream())
+    monkeypatch.setattr("rlhf_core.rollout.step._recording_stream", lambda _: _Stream())
     return EmulatedGraph

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,15 @@ def test_a_trial_records_a_graph_too(graphs: type[EmulatedGraph]) -> None:
 def test_a_model_that_cannot_be_recorded_keeps_the_other_sampler(
     graphs: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
+    """As torch does, a recording that fails raises once more at its end; the line has the first error."""
+
+    @contextmanager
+    def refuse(*_: Any, **__: Any) -> Iterator[None]:
+        try:
+            yield
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     obstacle, _ = try_out(llama(), torch.float32, flash=False, graphs=True)

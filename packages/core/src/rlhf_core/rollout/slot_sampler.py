@@ -97,7 +97,10 @@ def try_out(model: Any, dtype: torch.dtype, *, flash: bool = True, graphs: bool 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # code of any architecture: whatever it cannot do, it need not
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = (
+            error if error.__context__ is None else error.__context__
+        )  # a recording that fails raises again at its end
+        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         return f"{type(model).__name__} fails in such a step: {first}", 0
     theirs = torch.stack(expected).float()
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1

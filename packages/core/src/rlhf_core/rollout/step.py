@@ -128,7 +128,7 @@ class Board:
         slots.cells_R = self.start_R[:many] + self.position_R[:many]
 
     def state(self) -> list[Tensor]:
-        """Return what a step changes, keys and values aside: those are written again."""
+        """Return what a step changes, keys and values side: those are written again."""
         return [
             *(self.token_R, self.position_R, self.live_R, self.at, self.ends_B, self.stopped_B),
             *(self.tokens_C, self.logprobs_C, self.log_mass_C),
@@ -183,24 +183,24 @@ class Stepper:
 
     def _record(self, many: int, widest: int) -> tuple[Any, Tensor]:
         """Record a step; kernels are chosen and loaded by two passes before, of which nothing stays."""
-        state, now, aside = self.board.state(), torch.cuda.current_stream(), _aside(self.board.device)
+        state, now, side = self.board.state(), torch.cuda.current_stream(), _recording_stream(self.board.device)
         before = [each.clone() for each in state]
         graph = torch.cuda.CUDAGraph()
-        aside.wait_stream(now)
-        with torch.cuda.stream(aside):  # left even if `torch.cuda.graph`, which fails to leave its own then, raises
+        side.wait_stream(now)
+        with torch.cuda.stream(side):  # left even if `torch.cuda.graph`, which fails to leave its own then, raises
             for _ in range(2):
                 self._step(many, widest)
                 for each, old in zip(state, before, strict=True):
                     each.copy_(old)
-            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 logits_RV = self._step(many, widest)
-        now.wait_stream(aside)
+        now.wait_stream(side)
         self._pool = graph.pool()  # graphs run one after another and keep nothing in it but logits, read at once
         return graph, logits_RV
 
 
 @cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream that all graphs of a device are recorded on: cuBLAS keeps a workspace of 32 MiB for every stream."""
     return torch.cuda.Stream(device)
 
