@@ -29,7 +29,8 @@ from transformers.generation.logits_process import (
 )
 
 from rlhf_core.contract.options import Sampling
-from rlhf_core.errors import RunStopped, UsageError
+from rlhf_core.errors import OptionError, RunStopped, UsageError
+from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.rollout.sampler import Piece, SampledCompletion, plan_waves, sample, uniforms
 
 RAGGED = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [2, 2], [30, 1, 30, 1, 30]]
@@ -319,3 +320,27 @@ def test_a_policy_that_is_no_longer_finite_stops_the_run() -> None:
     model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(RunStopped, match="log-probabilities are not finite"):
         run(model, RAGGED, Sampling(n=2, max_new_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wave_tokens": -5}, "wave_tokens must be at least 0, not -5"),
+        ({"compact": 3.0}, "compact must be at most 1, not 3.0"),
+        ({"compact": float("nan")}, "compact must be at least 0, not nan"),
+        ({"compile": True, "graphs": "off"}, "compile is for decoding with graphs; leave out .*graphs"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        HuggingFaceRollout(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compiling_where_there_is_no_gpu_is_said_to_change_nothing(
+    compiles: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context: Any = None  # nothing of it is used
+    HuggingFaceRollout(compile=compiles).open(context)
+    assert ("compile of rollout 'hf' changes nothing" in capsys.readouterr().err) is compiles

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from rlhf_core.contract.kept_sets import truncates
 from rlhf_core.contract.options import INTERNAL
 from rlhf_core.contract.providers import Rollout
-from rlhf_core.errors import UsageError, run_option
+from rlhf_core.contract.ranges import at_least, at_most
+from rlhf_core.errors import OptionError, UsageError, option, run_option
+from rlhf_core.lazy import torch
 from rlhf_core.rollout.narrow_weights import computing_in
 from rlhf_core.util.device_memory import allocated_bytes
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
@@ -63,8 +66,16 @@ class HuggingFaceRollout(Rollout):
     takes_weights_midway: ClassVar[bool] = True
     """an engine apart from its trainer asks for new weights before each forward pass"""
 
+    def __post_init__(self) -> None:
+        at_least(0, self, "wave_tokens", "compact")
+        at_most(1, self, "compact")
+        if self.compile and self.graphs == "off":
+            raise OptionError("compile", f"is for decoding with graphs; leave out {option('graphs', 'off')}")
+
     def open(self, context: OpenContext) -> Rollout:
         """Return an engine that keeps small buffers, and the graphs over them, from one call to the next."""
+        if self.compile and not torch.cuda.is_available():
+            log.info("compile of rollout 'hf' changes nothing: it is for CUDA graphs, and there is no GPU")
         return replace(self, samplers={})
 
     def sleep(self, level: Literal[1, 2] = 1) -> int:
