@@ -46,9 +46,21 @@ def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
         drive(Echo([]), engine, rows("Hi"), Sampling(n=1), EpisodeLimits(), encoder(PLAIN, tmp_path))
 
 
+def test_a_command_that_fails_without_a_word_is_told(tmp_path: Path) -> None:
+    engine = HarnessEngine(Harness(command="false"))
+    with pytest.raises(UsageError, match="ended with code 1: it wrote nothing to its standard error"):
+        drive(Echo([]), engine, rows("Hi"), Sampling(n=1), EpisodeLimits(), encoder(PLAIN, tmp_path))
+
+
 def test_a_harness_without_an_agent_is_one_line() -> None:
     with pytest.raises(UsageError, match="needs one agent"):
         Harness().check()
+    for agent, fault in (
+        ("nowhere.py:play", "there is no such file"),
+        (f"{__file__}:nobody", "there is no function 'nobody'"),
+    ):
+        with pytest.raises(UsageError, match=rf"^agent \S*: {fault}"):
+            Harness(agent=agent).check()
     with pytest.raises(UsageError, match="there is no such program"):
         Harness(command="no-such-program-here --x").check()
     Harness(agent=f"{Path(__file__).parent / 'endpoint_agents.py'}:chat").check()

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_core.contract.options import Sampling
 from rlhf_core.models.heads.warp import draw, warp
+from rlhf_core.rollout.sampler import pick
 
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
 RULES = st.fixed_dictionaries(
@@ -180,3 +182,19 @@ def test_an_even_grid_of_numbers_draws_each_token_in_proportion() -> None:
     grid = (torch.arange(M, dtype=torch.float64) + 0.5) / M
     counts_V = torch.bincount(torch.cat([draw(logprobs_V.expand(len(u), V), u) for u in grid.split(5000)]), minlength=V)
     assert (counts_V - M * logprobs_V.double().exp()).abs().max() < 1.1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
+def test_ids_that_a_tokenizer_lacks_are_never_drawn_and_the_others_keep_their_whole_probability(
+    temperature: float,
+) -> None:
+    """A padded head: the trainer's log-softmax is over all of it, at the temperature of sampling (1 where that is 0)."""
+    logits_RV = torch.randn(64, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits_RV[:, 2] += 2  # the likeliest id, which has no token
+    uniforms_R = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tokens_R, logprobs_R, _ = pick(logits_RV, uniforms_R, Sampling(temperature=temperature), torch.tensor([2, 5]))
+    assert not torch.isin(tokens_R, torch.tensor([2, 5])).any()
+    expected_RV = (logits_RV / (temperature or 1.0)).log_softmax(1)
+    torch.testing.assert_close(
+        logprobs_R.double(), expected_RV.gather(1, tokens_R[:, None])[:, 0], atol=1e-5, rtol=1e-5
+    )

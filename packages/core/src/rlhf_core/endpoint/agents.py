@@ -116,7 +116,7 @@ async def run_command(command: str, address: Address, example: Example, seed: in
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
     if process.returncode:
-        tail = errors.decode(errors="replace")[-TAIL:].strip()
+        tail = errors.decode(errors="replace")[-TAIL:].strip() or "it wrote nothing to its standard error"
         raise UsageError(f"the agent's command ended with code {process.returncode}: {tail}")
     lines = printed.decode(errors="replace").strip().splitlines()
     try:

@@ -88,8 +88,8 @@ class Harness(Environment):
             return self.agent
         path, _, name = self.agent.rpartition(":")
         if path.endswith(".py"):
-            return load_function(path, name)
-        return load_function(self.agent, "agent")
+            return load_function(path, name, "agent")
+        return load_function(self.agent, "agent", "agent")
 
     def open(self, context: OpenContext) -> HarnessEngine:
         """Return an engine that serves when episodes begin."""

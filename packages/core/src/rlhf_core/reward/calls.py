@@ -160,10 +160,11 @@ def _numbers(values: Any, name: str, count: int) -> list[float | None]:
         raise ValueError(f"returned {name} with a number that is too large") from None
 
 
-def load_function(path: str | Callable[..., Any], name: str) -> Callable[..., Any]:
+def load_function(path: str | Callable[..., Any], name: str, field: str = "path") -> Callable[..., Any]:
     """The function `name` of the file `path`, or the one `path` names as `module:name`, or is.
 
-    A file is loaded once per process, and again when it has changed or another one is meant by the same words.
+    A file is loaded once per process, and again when it has changed or another one is meant by the same words. `field` is the
+    option that names the function, for messages.
 
     Raises:
         UsageError: there is no such file, module or function, or the file cannot be imported.
@@ -172,15 +173,15 @@ def load_function(path: str | Callable[..., Any], name: str) -> Callable[..., An
         return path
     file = Path(path)
     stat = file.stat() if file.suffix == ".py" and file.is_file() else None
-    return _load(path, name, (str(file.resolve()), stat.st_mtime_ns, stat.st_size) if stat is not None else ())
+    return _load(path, name, field, (str(file.resolve()), stat.st_mtime_ns, stat.st_size) if stat is not None else ())
 
 
 @cache
-def _load(path: str, name: str, _state: tuple[Any, ...]) -> Callable[..., Any]:
-    """Load a function; `_state` distinguishes files and their contents."""
+def _load(path: str, name: str, field: str, _state: tuple[Any, ...]) -> Callable[..., Any]:
+    """Load a function; `field` is the option that names it, and `_state` distinguishes files and their contents."""
     if Path(path).suffix == ".py":
         if not Path(path).is_file():
-            raise OptionError("path", f"{path}: there is no such file")
+            raise OptionError(field, f"{path}: there is no such file")
         module_name = f"rlhf_reward_{Path(path).stem}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None
@@ -192,18 +193,18 @@ def _load(path: str, name: str, _state: tuple[Any, ...]) -> Callable[..., Any]:
         except RlhfError:
             raise
         except (Exception, SystemExit) as error:
-            raise OptionError("path", f"{path} cannot be imported: {reason(error)}") from error
+            raise OptionError(field, f"{path} cannot be imported: {reason(error)}") from error
     else:
         module_name, _, name = path.partition(":")
         if not name:
-            raise OptionError("path", f"{path}: expected a .py file or module:name")
+            raise OptionError(field, f"{path}: expected a .py file or module:name")
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name and module_name.startswith(error.name):
-                raise OptionError("path", f"{path}: there is no module {module_name!r}") from None
+                raise OptionError(field, f"{path}: there is no module {module_name!r}") from None
             raise
     function = getattr(module, name, None)
     if not callable(function):
-        raise OptionError("path", f"{path}: there is no function {name!r} in it")
+        raise OptionError(field, f"{path}: there is no function {name!r} in it")
     return function  # type: ignore[no-any-return]  # getattr gives Any
