@@ -15,7 +15,7 @@ from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.errors import ContractError, RunStopped
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.training.mismatch import Mismatch
-from rlhf_core.training.old_logprobs import ages_of, keep_exact, late_tokens, replace_late, with_live
+from rlhf_core.training.old_logprobs import ages_of, is_live, keep_exact, late_tokens, replace_late, with_live
 
 
 def sampled(versions: list[list[int]], sampler: float = -2.0) -> Rollouts:
@@ -45,6 +45,36 @@ def test_late_tokens_keep_the_engine_s_log_probability_and_others_the_computed_o
     assert midway.tolist() == [[-2.0, -2.0], [-1.25, 0.0]], (
         "the second token was sampled over the first one's old cache"
     )
+
+
+def test_late_tokens_over_the_whole_vocabulary_have_the_log_of_the_kept_mass_added() -> None:
+    """log p(token) = log p(token | kept) + log p(kept): -2 and -0.5."""
+    computed_NT = torch.tensor([[-1.0, -1.5], [-1.25, 0.0]])
+    batch = sampled([[7, 5], [6, 0]])
+    mass = batch.with_extras(sampler_log_mass_NT=-0.5 * batch.mask_NT)
+    assert replace_late(mass, computed_NT, 7, full=True).tolist() == [[-1.0, -2.5], [-2.5, 0.0]]
+    assert replace_late(mass, computed_NT, 7).tolist() == [[-1.0, -2.0], [-2.0, 0.0]]
+    assert replace_late(batch, computed_NT, 7, full=True) is computed_NT, "the engine does not report the mass"
+
+
+@pytest.mark.parametrize(
+    ("single", "proximal", "late", "where", "read", "expected"),
+    [
+        (True, False, 0.0, "loss", False, True),
+        (True, False, 3.0, "loss", False, False),  # older weights sampled some tokens
+        (True, True, 3.0, "loss", False, True),  # the policy that begins to train is the old one
+        (False, False, 0.0, "loss", False, False),  # a second optimizer step has other weights
+        (True, False, 0.0, "reward", False, False),  # the penalty reads them before the training pass
+        (True, False, 0.0, "loss", True, False),  # and so does an advantage
+    ],
+)
+def test_the_training_pass_serves_where_its_weights_sampled_and_nothing_reads_before(
+    single: bool, proximal: bool, late: float, where: str, read: bool, expected: bool
+) -> None:
+    plan: Any = SimpleNamespace(single_update=single, proximal=proximal, kl=SimpleNamespace(where=where))
+    credit: Any = SimpleNamespace(advantage=SimpleNamespace(needs={"old_logprobs_NT"} if read else set()))
+    assert is_live(plan, credit, "old_logprobs_NT", late) is expected
+    assert not is_live(plan, credit, "ref_logprobs_NT", late)
 
 
 def test_a_late_batch_without_the_engine_s_log_probabilities_is_refused() -> None:
