@@ -80,6 +80,9 @@ def test_regex(pattern: str, match: Any, text: str, expected: float) -> None:
 def test_a_pattern_that_is_none_is_named() -> None:
     with pytest.raises(UsageError, match=r"pattern '\(' is not a regular expression"):
         score(Regex("("), "")
+    with pytest.raises(UsageError, match=r"pattern '\(' is not a regular expression"):
+        Regex("(").check()  # before models are loaded
+    Regex("x").check()
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import torch
 
 from rlhf_core import Example, Prompts, Rollouts, Sampling
 from rlhf_core.contract.kept_sets import KeptSets
+from rlhf_core.contract.options import turn_uid
 from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.rollout.slices import PartialCompletion, PartialGroup, add_slice, join_groups, next_slice
 from rlhf_core.testing import tiny_run
+from rlhf_core.testing.batches import make_batch
 from rlhf_core.training.local_role import LocalRole
 
 TEXTS, MOST, N = ["Hello", "The sky is", "1 + 1 ="], 11, 2
@@ -75,3 +77,26 @@ def test_versions_change_between_slices_and_not_inside_of_them(role: LocalRole) 
     found = in_slices(role, 4, Sampling(n=N, max_new_tokens=MOST, seed=1), move=True)
     for i, length in enumerate(found.lengths_N.tolist()):
         assert found["versions_NT"][i, :length].tolist() == [before + t // 4 for t in range(length)]
+
+
+def test_each_slice_of_a_completion_draws_as_another_turn_of_its_own(role: LocalRole) -> None:
+    """Equal numbers would repeat the draws of the first slice at every slice."""
+    group = PartialGroup(prompts_of(role).rows([1]), [PartialCompletion(k) for k in range(N)])
+    asked = []
+    for _ in range(3):
+        prompts, going = next_slice([group], MOST, 2)
+        asked.append(prompts.uids)
+        sampled = HuggingFaceRollout()(role, prompts, Sampling(n=1, max_new_tokens=2, temperature=0.0))
+        add_slice(going, prompts.limits, sampled, MOST)
+    assert asked == [[turn_uid(8, k, number) for k in range(N)] for number in range(3)]
+    assert len({uid for uids in asked for uid in uids}) == 3 * N
+
+
+@pytest.mark.parametrize(("limit", "finish", "length"), [(3, "stop", 3), (2, None, 2)])
+def test_an_end_beyond_the_limit_of_a_slice_ends_no_completion(limit: int, finish: str | None, length: int) -> None:
+    """An engine may ignore limits; what it sampled beyond one is dropped, its end with it."""
+    sampled = make_batch([3]).with_extras(versions_NT=torch.zeros(1, 3, dtype=torch.int64))
+    sampled.finish = ["stop"]
+    completion = PartialCompletion(0)
+    add_slice([completion], [limit], sampled, MOST)
+    assert (completion.finish, len(completion.tokens), completion.slices) == (finish, length, 1)

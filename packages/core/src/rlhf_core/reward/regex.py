@@ -27,11 +27,18 @@ class Regex(Reward):
     raw: bool = False
     """match the text with its special tokens, for models where <think> is one"""
 
-    def __call__(self, rollouts: Rollouts) -> list[float]:
+    def check(self) -> None:
+        """Raise `OptionError` for a pattern that is not one, before models are loaded."""
+        self._compiled()
+
+    def _compiled(self) -> re.Pattern[str]:
         try:
-            pattern = re.compile(self.pattern, re.DOTALL)
+            return re.compile(self.pattern, re.DOTALL)
         except re.error as error:
             raise OptionError("pattern", f"{self.pattern!r} is not a regular expression: {error}") from None
+
+    def __call__(self, rollouts: Rollouts) -> list[float]:
+        pattern = self._compiled()
         texts = rollouts.raw_texts if self.raw and rollouts.raw_texts else rollouts.texts
         if self.match == "whole":
             return [float(pattern.fullmatch(text.strip()) is not None) for text in texts]
