@@ -29,16 +29,16 @@ class Regex(Reward):
 
     def check(self) -> None:
         """Raise `OptionError` for a pattern that is not one, before models are loaded."""
-        self._compiled()
+        self._compile()
 
-    def _compiled(self) -> re.Pattern[str]:
+    def _compile(self) -> re.Pattern[str]:
         try:
             return re.compile(self.pattern, re.DOTALL)
         except re.error as error:
             raise OptionError("pattern", f"{self.pattern!r} is not a regular expression: {error}") from None
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
-        pattern = self._compiled()
+        pattern = self._compile()
         texts = rollouts.raw_texts if self.raw and rollouts.raw_texts else rollouts.texts
         if self.match == "whole":
             return [float(pattern.fullmatch(text.strip()) is not None) for text in texts]
