@@ -361,7 +361,7 @@ def plugins(session: nox.Session) -> set[str]:
 
 def gpu_needs() -> list[str]:
     """Return what all packages need with `GPU_EXTRAS`; what has no wheel is replaced by its own needs."""
-    wanted = []
+    wanted = ["hypothesis", "pytest"]  # of benchmarks/gpu.py in the image
     for name in PACKAGES:
         table = project(f"packages/{name}")
         wanted += table["dependencies"]
