@@ -158,3 +158,14 @@ def test_roles_that_can_take_turns_are_named_where_all_do_not_fit(
     assert main([*words.split(), *lengths.split(), *flags.split()]) == int(gib != "1")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: a run takes turns")]
     assert [line.endswith(f" GiB, {told}") for line in lines] == [True] * bool(told)
+
+
+def test_rows_that_are_longer_than_the_run_allows_are_named() -> None:
+    options: dict[str, Any] = {"algorithm": "grpo", "reward": "length", "max_prompt_tokens": 20}
+    options["sampling"] = {"n": 2, "max_new_tokens": 10}
+    for prompt, completion, notes in (
+        (20, 10, ()),
+        (21, 11, ("no prompt of the run has 21 tokens: max_prompt_tokens is 20",
+                  "no completion of the run has 11 tokens: sampling.max_new_tokens is 10")),
+    ):  # fmt: skip
+        assert planned(plan=PlanOptions(prompt_tokens=prompt, completion_tokens=completion), **options).notes == notes

@@ -147,7 +147,7 @@ def forecast(config: RunConfig, options: PlanOptions) -> Forecast:
         completion=load.completion,
         device_bytes=device_bytes,
         rates=rates,
-        notes=tuple(_notes(plan, passes)),
+        notes=tuple(_notes(plan, passes, load)),
     )
 
 
@@ -227,9 +227,15 @@ def _device_bytes(options: PlanOptions) -> int:
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
 
 
-def _notes(plan: Plan, passes: Mapping[str, Passes]) -> list[str]:
+def _notes(plan: Plan, passes: Mapping[str, Passes], load: Workload) -> list[str]:
     """Return what a reader must know of how the numbers were found."""
     notes = [f"{name}: {each.note}" for name, each in passes.items() if each.note]
+    limits = {"prompt": (load.prompt, plan.config.max_prompt_tokens, "max_prompt_tokens")}
+    if plan.online:
+        limits["completion"] = (load.completion, plan.config.sampling.max_new_tokens, "sampling.max_new_tokens")
+    for part, (tokens, most, option) in limits.items():
+        if tokens > most:
+            notes.append(f"no {part} of the run has {tokens} tokens: {option} is {most}")
     launcher = plan.config.providers.get("launcher")
     if launcher is not None and not launcher.one_process:
         notes.append(
