@@ -16,8 +16,9 @@ from rlhf_core.contract.options import EpisodeLimits, Sampling
 from rlhf_core.contract.providers import Data
 from rlhf_core.data.prefetch import Prefetcher
 from rlhf_core.data.stream import Stream
-from rlhf_core.errors import ContractError
+from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.rollout.episodes import complete
+from rlhf_core.rollout.fake import FakeEngine, FakeRollout
 from rlhf_core.run.data import RunData
 from rlhf_core.run.rollout_metrics import add_measured
 from rlhf_core.testing import tiny_rollouts
@@ -171,3 +172,9 @@ def test_numbers_of_an_evaluator_become_plain() -> None:
 def test_an_evaluator_that_returns_no_numbers_is_named(measured: object, message: str) -> None:
     with pytest.raises(ContractError, match=rf"^evaluator mine:? {message}"):
         add_measured({}, measured, "mine")
+
+
+def test_the_engine_without_a_model_refuses_roles_with_one() -> None:
+    role: Any = SimpleNamespace(version=0, weights=lambda: iter([("lm_head.weight", torch.zeros(2, 2))]))
+    with pytest.raises(UsageError, match="'fake' samples roles without a model alone; pass .*strategy"):
+        FakeEngine(FakeRollout()).sync(role)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from rlhf_core.contract.providers import Rollout
-from rlhf_core.errors import ContractError
+from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.util.clock import current_time, sleep
 
@@ -125,7 +125,12 @@ class FakeEngine(Rollout):
         """Take the role's number and version; a call in progress pauses and continues under them."""
         if "weights" in self.asleep:
             raise ContractError("the rollout engine 'fake' has no memory for weights; call wake('weights') first")
-        w, version = float(dict(role.weights())["w"]), role.version
+        weights = dict(role.weights())
+        if "w" not in weights:
+            raise UsageError(
+                f"the rollout engine 'fake' samples roles without a model alone; pass {run_option('strategy', 'fake')}"
+            )
+        w, version = float(weights["w"]), role.version
         if self._call is not None:
             self._call.take(w, version, self.options.sync_seconds)
         sleep(self.options.sync_seconds)
