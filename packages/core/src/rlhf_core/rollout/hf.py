@@ -121,11 +121,10 @@ class HuggingFaceRollout(Rollout):
         }
         if self.graphs == "auto" and role.module.vision is None and not slot_obstacle(model, dtype):
             samplers = {} if self.samplers is None else self.samplers
-            # roles that share a model, with adapters and without, share no graph
-            sampler = samplers.setdefault(
-                (role.name, id(model)), SlotSampler(model, dtype, cells=self.wave_tokens, compile_steps=self.compile)
-            )
-            completions = sampler(prompts.token_ids, sampling, seeds, refresh=role.refresh, **rest)
+            key = role.name, id(model)  # roles that share a model, with adapters and without, share no graph
+            if key not in samplers:
+                samplers[key] = SlotSampler(model, dtype, cells=self.wave_tokens, compile_steps=self.compile)
+            completions = samplers[key](prompts.token_ids, sampling, seeds, refresh=role.refresh, **rest)
         else:
             with computing_in(model, dtype) as change:
                 completions = sample(

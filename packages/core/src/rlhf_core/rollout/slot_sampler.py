@@ -24,6 +24,7 @@ from rlhf_core.contract.kept_sets import truncates
 from rlhf_core.contract.options import Sampling
 from rlhf_core.lazy import torch
 from rlhf_core.rollout.compiled_blocks import compile_blocks
+from rlhf_core.rollout.fused_norms import find_norms, fuse_norms
 from rlhf_core.rollout.narrow_weights import Held, narrow_weights, wide_weights
 from rlhf_core.rollout.sampler import Piece, SampledCompletion, Stops, uniforms
 from rlhf_core.rollout.segments import plan_chunks, plan_segments
@@ -151,6 +152,7 @@ class SlotSampler:
         self.compile_steps = compile_steps
         self.model, self.dtype, self.cells, self.flash, self.graphs = model, dtype, cells, flash, graphs
         self.slots = Slots(cells, dtype, flash)
+        self._norms = [] if compile_steps else find_norms(model)  # a compiler fuses them with what is around them
         self.board: Board | None = None
         self._steppers: dict[tuple[Any, ...], Stepper] = {}
         self._copies: dict[tuple[nn.Module, str], Tensor] = {}
@@ -291,7 +293,7 @@ class SlotSampler:
 
     def step(self, ids_R1: Tensor, position_R1: Tensor) -> Tensor:
         """Read a token of each row into the slots; return the logits of what comes after it (R, V)."""
-        with compile_blocks(self.model, self.slots.layers) if self.compile_steps else nullcontext():
+        with compile_blocks(self.model, self.slots.layers) if self.compile_steps else fuse_norms(self._norms):
             return self.forward(ids_R1, position_R1)
 
     def read(self, prompts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
