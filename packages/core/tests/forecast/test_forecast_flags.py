@@ -169,3 +169,10 @@ def test_rows_that_are_longer_than_the_run_allows_are_named() -> None:
                   "no completion of the run has 11 tokens: sampling.max_new_tokens is 10")),
     ):  # fmt: skip
         assert planned(plan=PlanOptions(prompt_tokens=prompt, completion_tokens=completion), **options).notes == notes
+
+
+def test_help_names_the_run_that_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: rlhf-run plan ALGORITHM [flags] [flags of the run]\n")
+    assert main(["doctor", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: rlhf-run doctor [flags]\n")

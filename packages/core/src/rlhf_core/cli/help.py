@@ -12,6 +12,7 @@ from rlhf_core.config.option_fields import Option, flag, format_default
 from rlhf_core.config.parsing import Settings
 from rlhf_core.config.schema import FIXED, Schema, Section
 from rlhf_core.config.value_types import is_secret, metavar
+from rlhf_core.contract.commands import Command
 from rlhf_core.contract.hooks import OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
 
@@ -117,7 +118,9 @@ def command(schema: Schema, settings: Settings, registry: Registry) -> str:
     (_, name), *kinds = schema.names.items()
     own, *others = schema.sections
     positional = [option for option in own.options if option.required]
-    usage = " ".join([f"usage: rlhf-run {name}", *(option.path.upper() for option in positional), "[flags]"])
+    reads = issubclass(own.cls, Command) and own.cls.reads_run
+    flags = ["ALGORITHM", "[flags]", "[flags of the run]"] if reads else ["[flags]"]
+    usage = " ".join([f"usage: rlhf-run {name}", *(option.path.upper() for option in positional), *flags])
     blocks = [[usage, "", *docs_of(own.cls).doc.split("\n")]]
     if kinds:
         choices = [(f"{flag(kind)} {chosen or 'NAME'}", _choices(kind, registry)) for kind, chosen in kinds]
