@@ -153,7 +153,8 @@ FLAGS = {
     f"installed: {', '.join(sorted({*core.rlhf_data(), 'bare', 'table'}))}",
     "online --reward late": "reward 'late' of (local) needs the module 'module_nobody_has', which is not installed",
     "online --reward": "--reward takes one value, but got none",
-    "online --reward a b": "--reward takes one value, not 'a b'",
+    "online --data a b": "--data takes one value, not 'a b'",
+    "online --reward a b": "--reward takes one value, not 'a b'; to combine several, pass --reward sum --reward.parts a b",
     "online --reward nobody:Reward": "--reward nobody:Reward: no module is called 'nobody' in the working folder "
     "or the environment",
     "online --evaluator heldout,heldot": f"no evaluator is called 'heldot' (did you mean 'heldout'?); "

@@ -98,9 +98,7 @@ def try_out(model: Any, dtype: torch.dtype, *, flash: bool = True, graphs: bool 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # code of any architecture: whatever it cannot do, it need not
-        cause = (
-            error if error.__context__ is None else error.__context__
-        )  # a recording that fails raises again at its end
+        cause = error.__context__ or error  # a recording that fails raises again at its end
         first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         return f"{type(model).__name__} fails in such a step: {first}", 0
     theirs = torch.stack(expected).float()

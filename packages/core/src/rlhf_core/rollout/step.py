@@ -128,7 +128,7 @@ class Board:
         slots.cells_R = self.start_R[:many] + self.position_R[:many]
 
     def state(self) -> list[Tensor]:
-        """Return what a step changes, keys and values side: those are written again."""
+        """Return what a step changes, keys and values aside: those are written again."""
         return [
             *(self.token_R, self.position_R, self.live_R, self.at, self.ends_B, self.stopped_B),
             *(self.tokens_C, self.logprobs_C, self.log_mass_C),

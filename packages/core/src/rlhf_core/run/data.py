@@ -104,10 +104,11 @@ class RunData:
         """Return the rows of a split."""
         with options_under("/data"):
             rows: Iterable[Example] = self.engines["data"](split)
-        if not isinstance(rows, (Iterable, Sized)):
+        found: object = rows
+        if not isinstance(found, (Iterable, Sized)):
             who = f"data {type(provider := self.plan.config.providers['data']).__qualname__} of {type(provider).__module__}"
             raise ContractError(
-                f"{who} returned {type(rows).__name__} for the split {split!r}; return rows, [] for none"
+                f"{who} returned {type(found).__name__} for the split {split!r}; return rows, [] for none"
             )
         return rows
 

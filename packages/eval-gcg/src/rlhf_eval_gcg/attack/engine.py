@@ -51,7 +51,8 @@ class Engine:
         for search in searches:
             search.refresh_progress()
             steps = search.optimizer.step(search.suffix)
-            if not isinstance(steps, Generator):
+            made: object = steps
+            if not isinstance(made, Generator):
                 schedule = search.suffix.options.schedule
                 raise UsageError(
                     f"schedule {schedule!r}: step() yields no question; write yield TokenGradient or Losses"
