@@ -85,6 +85,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_some_must_fit(tmp_path):
 
 
 def test_a_run_whose_table_needs_rows_that_are_not_held_out_stops_at_its_start(tmp_path):
+    pytest.importorskip("pyarrow")
     rows = [{"prompt": f"say {number}"} for number in range(4)]
     run = run_of(tmp_path, data=rows, evaluator=HeldoutTable(n=1))
     with pytest.raises(UsageError, match="no rows are held out"):
