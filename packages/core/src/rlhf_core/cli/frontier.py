@@ -79,11 +79,11 @@ class Frontier(Drawing):
             return self.threshold
         if not self.gcg:
             return USUAL_THRESHOLD
-        found = {evaluation_threshold(newest_answers(member.folder)) for member in members}
-        if len(found) != 1 or None in found:
-            listed = ", ".join(sorted("none" if each is None else f"{each:g}" for each in found))
+        first, *others = {evaluation_threshold(newest_answers(member.folder)) for member in members}
+        if first is None or others:
+            listed = ", ".join(sorted("none" if each is None else f"{each:g}" for each in (first, *others)))
             raise UsageError(f"the evaluations have the thresholds {listed}; pass --threshold, such as --threshold -5")
-        return float(found.pop() or 0.0)
+        return first
 
     def _point(self, member: Member, threshold: float) -> tuple[float, float]:
         """(x, y) of one run."""

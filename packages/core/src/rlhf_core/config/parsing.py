@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.length import check_length, replace_length
 from rlhf_core.config.option_fields import flag, option_fields
-from rlhf_core.config.python_values import describe, text_of_value
+from rlhf_core.config.python_values import COMBINING, describe, text_of_value
 from rlhf_core.config.schema import Schema, make_schema, provider_fields
 from rlhf_core.config.value_types import MASK, from_plain, from_words, given_by, is_secret, metavar
 from rlhf_core.contract.hooks import CHOSEN, SEVERAL
@@ -42,9 +42,6 @@ __all__ = [
     "wants_dry_run",
     "with_spelling",
 ]
-
-COMBINING = {"reward": "sum"}
-"""Kinds of which a run has one provider, and the provider that combines several of them, its `parts`."""
 
 Settings = dict[str, Any]
 """Values by dotted path."""

@@ -20,8 +20,10 @@ from rlhf_core.errors import UsageError
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
 
-__all__ = ["describe", "from_python", "function_name", "import_path", "python_text", "text_of_value"]
+__all__ = ["COMBINING", "describe", "from_python", "function_name", "import_path", "python_text", "text_of_value"]
 
+COMBINING = {"reward": "sum"}
+"""Kinds of which a run has one provider, and the provider that combines several of them, its `parts`."""
 MARK = "<from Python: "
 """Beginning of the text of such a value in a file."""
 SAMPLED = 1000
@@ -51,7 +53,7 @@ def _reward(value: Any, registry: Registry) -> Any:
     if isinstance(value, Mapping):
         return {key: _parts(each) if key == "parts" else each for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return registry.resolve("reward", "sum")(parts=_parts(value))
+        return registry.resolve("reward", COMBINING["reward"])(parts=_parts(value))
     if _is_module(value):
         raise UsageError(
             f"reward is a {type(value).__name__}; save the model and its tokenizer in a folder, and pass "

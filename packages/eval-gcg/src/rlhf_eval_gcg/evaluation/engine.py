@@ -65,12 +65,15 @@ class GCGEngine:
     def __call__(self, run: RunView) -> dict[str, float]:
         """Attack, let the policy answer, judge the answers and keep them; return the metrics of `eval/gcg/`."""
         options = self.options
+        early = options.end_only and bool(run.plan.trained_roles) and run.step < run.config.steps
+        if early and self._checked:
+            return {}
         name = policy(run, "gcg")
         goals = options.read()
-        if not self._checked:  # at a run's start, also where the attacks come at its end
+        if not self._checked:
             self._check(run, run.roles[name], goals)
             self._checked = True
-        if options.end_only and run.plan.trained_roles and run.step < run.config.steps:
+        if early:  # at the run's start what would end the attacks at its end was said, and nothing else is done
             return {}
         folder = run.output / "gcg" / f"step-{run.step}"
         attacks, fingerprint = self._attack(run, run.roles[name], goals, folder)
